@@ -1,11 +1,11 @@
-# The two commands of the README are `make align` and `make test`; both work in .venv in this checkout.
+# Everything works in .venv in this checkout.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := train,openvino,http
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: align test test-slow lint env clean
+.PHONY: test test-slow lint env clean
 
 env: $(VENV)/.installed
 
@@ -15,9 +15,6 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) install --quiet --constraint constraints.txt torch==2.13.0
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[$(EXTRAS),dev]'
 	touch $@
-
-align: env  ## run the whole pipeline on the shipped charter and prompts; ends with run/report.html
-	$(BIN)/charter align --output run
 
 test: env  ## lint, types and the test suite
 	$(BIN)/ruff check .

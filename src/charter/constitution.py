@@ -7,6 +7,7 @@ and white space do not change it; any word that a model would read does. Everyth
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import hashlib
 import importlib.resources
@@ -162,3 +163,76 @@ def _validated(source: Document) -> Charter:
     charter = document.build(Charter, source)
     _Validator(charter, source).run()
     return charter
+
+
+@dataclass(frozen=True)
+class _Validator:
+    """Checks of meaning that types cannot state; the first failure is raised with its line."""
+
+    charter: Charter
+    source: Document
+
+    def run(self) -> None:
+        if self.charter.charter != 1:
+            raise self._error("charter", f"format {self.charter.charter} is not known.", "Write `charter: 1`.")
+        for name, items in (("principles", self.charter.principles), ("categories", self.charter.categories)):
+            if not items:
+                raise self._error(name, "the list is empty.", "Add at least one entry.")
+            self._identifiers(name, [item.id for item in items])
+        for index, principle in enumerate(self.charter.principles):
+            self._principle(principle, f"principles[{index}]")
+        for index, category in enumerate(self.charter.categories):
+            self._category(category, f"categories[{index}]")
+        for index, exemplar in enumerate(self.charter.exemplars):
+            self._known(exemplar.principle, self._principle_ids(), f"exemplars[{index}].principle")
+
+    def _error(self, key: str, message: str, fix: str) -> DocumentError:
+        line = document.locate(self.source, key)
+        return DocumentError(message, path=self.source.path, line=line, key=key, fix=fix)
+
+    def _principle_ids(self) -> Sequence[str]:
+        return [item.id for item in self.charter.principles]
+
+    def _identifiers(self, name: str, identifiers: Sequence[str]) -> None:
+        for index, identifier in enumerate(identifiers):
+            key = f"{name}[{index}].id"
+            if not _ID.fullmatch(identifier):
+                raise self._error(key, f"{identifier!r} is not an identifier.", "Use a-z, 0-9 and _, a letter first.")
+            if identifier in identifiers[:index]:
+                raise self._error(key, f"the id {identifier!r} stands twice.", "Rename one of the two.")
+
+    def _principle(self, item: Principle, key: str) -> None:
+        if not item.text.strip():
+            raise self._error(f"{key}.text", "the text is empty.", "State the principle in one sentence.")
+        if not 0 < item.weight < float("inf"):
+            raise self._error(f"{key}.weight", f"{item.weight} is not a weight.", "Use a number above 0.")
+        for name in ("critique_request", "revision_request", "preference_question"):
+            wordings: tuple[str, ...] = getattr(item, name)
+            if not wordings or not all(wording.strip() for wording in wordings):
+                raise self._error(f"{key}.{name}", "a wording is empty or there is none.", "Write at least one.")
+        if len(item.critique_request) != len(item.revision_request):
+            raise self._error(
+                f"{key}.revision_request",
+                f"{len(item.revision_request)} revision requests for {len(item.critique_request)} critique requests.",
+                "Write as many of one as of the other; they are drawn as pairs.",
+            )
+
+    def _category(self, item: HarmCategory, key: str) -> None:
+        if not 0 < item.threshold < 1:
+            raise self._error(f"{key}.threshold", f"{item.threshold} is out of range.", "Use a number between 0 and 1.")
+        if not item.description.strip():
+            raise self._error(f"{key}.description", "the description is empty.", "Say what falls under the category.")
+        if item.always_block and item.action == "allow":
+            raise self._error(f"{key}.action", "an always blocked category cannot be allowed.", "Use `refuse`.")
+        for index, identifier in enumerate(item.principles):
+            self._known(identifier, self._principle_ids(), f"{key}.principles[{index}]")
+        for index, code in enumerate(item.mlcommons):
+            self._known(code, MLCOMMONS_HAZARDS, f"{key}.mlcommons[{index}]")
+        for index, name in enumerate(item.openai):
+            self._known(name, OPENAI_CATEGORIES, f"{key}.openai[{index}]")
+
+    def _known(self, value: str, known: Sequence[str], key: str) -> None:
+        if value not in known:
+            near = difflib.get_close_matches(value, known, n=1)
+            fix = f"Did you mean `{near[0]}`?" if near else f"Use one of {', '.join(known)}."
+            raise self._error(key, f"{value!r} is not known.", fix)

@@ -113,7 +113,8 @@ def read_rows(source: str | Path, *, columns: Iterable[str] = (), split: str = "
         missing = [name for name in required if row.get(name) is None]
         if missing:
             raise DataError(
-                f"{source}, row {count}: column {missing[0]!r} is missing; the row has {', '.join(sorted(row)) or 'none'}.",
+                f"{source}, row {count}: column {missing[0]!r} is missing; "
+                f"the row has {', '.join(sorted(row)) or 'none'}.",
                 fix=f"Name the columns {', '.join(required)}.",
             )
         yield row
@@ -175,14 +176,18 @@ def _read_parquet(path: Path) -> Iterator[Row]:
             for batch in file.iter_batches(batch_size=1024):
                 yield from batch.to_pylist()
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is not a readable Parquet file.", fix="Write it again; it may be truncated.") from error
+        raise DataError(
+            f"{path} is not a readable Parquet file.", fix="Write it again; it may be truncated."
+        ) from error
 
 
 def _datasets() -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise MissingExtraError("Reading a data set needs the datasets library.", fix="pip install 'charter[train]'") from error
+        raise MissingExtraError(
+            "Reading a data set needs the datasets library.", fix="pip install 'charter[train]'"
+        ) from error
     return datasets
 
 
@@ -190,7 +195,9 @@ def _read_saved_dataset(path: Path, split: str) -> Iterator[Row]:
     try:
         loaded = _datasets().load_from_disk(str(path))
     except (FileNotFoundError, ValueError) as error:
-        raise DataError(f"{path} is a folder that datasets cannot load.", fix="Use a folder written by save_to_disk.") from error
+        raise DataError(
+            f"{path} is a folder that datasets cannot load.", fix="Use a folder written by save_to_disk."
+        ) from error
     yield from _pick_split(loaded, split, str(path))
 
 

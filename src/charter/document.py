@@ -51,7 +51,9 @@ def parse(text: str, *, path: Path | None = None) -> Document:
     if root is None:
         raise DocumentError("the document is empty.", path=path, line=1, fix="Run `charter init` for a complete one.")
     if not isinstance(root, yaml.MappingNode):
-        raise DocumentError("the top level must be a mapping of keys.", path=path, line=_line(root), fix="Write `key: value` lines.")
+        raise DocumentError(
+            "the top level must be a mapping of keys.", path=path, line=_line(root), fix="Write `key: value` lines."
+        )
     return Document(root, path)
 
 
@@ -65,7 +67,9 @@ def read(path: str | Path) -> Document:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DocumentError(f"not valid UTF-8 at byte {error.start}.", path=path, fix="Save the file as UTF-8.") from error
+        raise DocumentError(
+            f"not valid UTF-8 at byte {error.start}.", path=path, fix="Save the file as UTF-8."
+        ) from error
     except FileNotFoundError as error:
         raise DocumentError("there is no such file.", path=path, fix="Run `charter init` to write one.") from error
     except OSError as error:
@@ -79,7 +83,7 @@ def build(cls: type[T], document: Document) -> T:
 
 
 def locate(document: Document, key: str) -> int | None:
-    """The 1-based line of a dotted key such as ``principles[2].weight`` (or of its nearest parent), for later checks."""
+    """The 1-based line of a dotted key such as ``principles[2].weight``, or of its nearest parent that is there."""
     node: yaml.Node = document.root
     line = _line(node)
     for part in key.replace("[", ".[").split("."):
@@ -143,7 +147,13 @@ def _convert(hint: Any, node: yaml.Node, key: str, path: Path | None) -> Any:
         if value not in arguments:
             near = difflib.get_close_matches(str(value), [str(item) for item in arguments], n=1, cutoff=0.5)
             hint_text = f"Did you mean `{near[0]}`? " if near else ""
-            raise _fail(f"{value!r} is not allowed.", node, key, path, f"{hint_text}Use one of {', '.join(map(str, arguments))}.")
+            raise _fail(
+                f"{value!r} is not allowed.",
+                node,
+                key,
+                path,
+                f"{hint_text}Use one of {', '.join(map(str, arguments))}.",
+            )
         return value
     if origin is tuple:
         return _convert_tuple(arguments[0], node, key, path)
@@ -201,6 +211,6 @@ def _scalar(node: yaml.Node, key: str, path: Path | None) -> Any:
 def _plain(node: yaml.Node) -> Any:
     loader = yaml.SafeLoader("")
     try:
-        return loader.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+        return loader.construct_object(node, deep=True)
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+        loader.dispose()

@@ -74,7 +74,10 @@ def test_second_run_is_cached(tmp_path: Path) -> None:
 def test_other_charter_is_refused(tmp_path: Path) -> None:
     with RunDirectory(tmp_path / "run", charter=CHARTER):
         pass
-    with pytest.raises(RunError, match="belongs to charter cccccccccccc"), RunDirectory(tmp_path / "run", charter="d" * 64):
+    with (
+        pytest.raises(RunError, match="belongs to charter cccccccccccc"),
+        RunDirectory(tmp_path / "run", charter="d" * 64),
+    ):
         pass
 
 
@@ -101,5 +104,5 @@ def test_full_disk_is_a_typed_error_and_keeps_chunks(tmp_path: Path) -> None:
     with RunDirectory(tmp_path / "run", charter=CHARTER) as run:
         with pytest.raises(StorageError, match="No space left"):
             run.rows_stage("s", "k", chunks, work)
-        stage = run.rows_stage("s", "k", chunks, lambda chunk: list(chunk))
+        stage = run.rows_stage("s", "k", chunks, list)
     assert stage.manifest["chunks_made_last"] == 1

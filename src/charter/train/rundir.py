@@ -1,4 +1,4 @@
-"""The run directory: stages addressed by content, rows journalled as they are made, nothing half-written taken for whole.
+"""The run directory: stages addressed by content, rows journalled as they are made, nothing torn taken for whole.
 
 Layout of ``run/``::
 
@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from charter.data import Row, read_jsonl
 from charter.errors import DataError, RunError, StorageError
@@ -112,7 +112,7 @@ class RunDirectory:
         self._lock: IO[str] | None = None
         self._charter = charter
 
-    def __enter__(self) -> RunDirectory:
+    def __enter__(self) -> Self:
         with _storage(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         self._claim()
@@ -139,7 +139,7 @@ class RunDirectory:
             others = [item.name for item in self.path.iterdir() if not item.name.startswith(".")]
             if others:
                 raise RunError(
-                    f"{self.path} holds other files ({sorted(others)[0]}).", fix="Choose an empty or new --output."
+                    f"{self.path} holds other files ({min(others)}).", fix="Choose an empty or new --output."
                 )
             write_atomically(marker, canonical({"format": FORMAT, "charter": self._charter}))
             return

@@ -1,0 +1,123 @@
+"""The ``charter`` command.
+
+Every verb takes ``--json``: one object on standard output, progress on standard error. Errors are one sentence on
+standard error and a non-zero exit status; with ``--json`` they are an object as well.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from charter import __version__, constitution
+from charter.errors import CharterError, RunError
+
+app = typer.Typer(
+    name="charter",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="One written constitution trains your language model and guards it.",
+)
+err = Console(stderr=True)
+out = Console()
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+
+
+@contextmanager
+def _reported(as_json: bool) -> Iterator[None]:
+    """Turn a :class:`CharterError` into its sentence and exit status."""
+    try:
+        yield
+    except CharterError as error:
+        if as_json:
+            _print_json({"error": {"kind": type(error).__name__, "message": str(error)}})
+        err.print(f"[bold red]error[/]: {_escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(error.exit_code) from error
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def _version(value: bool) -> None:
+    if value:
+        out.print(f"charter {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="Where to write charter.yaml and align.yaml.")] = Path(),
+    as_json: JsonFlag = False,
+) -> None:
+    """Write a complete charter and a configuration to start from."""
+    files = {"charter.yaml": constitution.default_text(), "align.yaml": "charter: charter.yaml\noutput: run\n"}
+    with _reported(as_json):
+        existing = [name for name in files if (folder / name).exists()]
+        if existing:
+            raise RunError(f"{folder / existing[0]} is there already.", fix="Remove it or choose another folder.")
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (folder / name).write_text(text, "utf-8")
+    written = [str(folder / name) for name in files]
+    if as_json:
+        _print_json({"written": written})
+    else:
+        out.print(f"Wrote {' and '.join(written)}. Next: charter check {written[0]}")
+
+
+@app.command()
+def check(
+    path: Annotated[Path, typer.Argument(help="The charter file.")] = Path("charter.yaml"),
+    as_json: JsonFlag = False,
+) -> None:
+    """Validate a charter; say the line, the key and the fix where it is wrong."""
+    with _reported(as_json):
+        charter = constitution.load(path)
+    wordings = sum(len(item.critique_request) for item in charter.principles)
+    if as_json:
+        _print_json(
+            {
+                "name": charter.name,
+                "digest": charter.digest,
+                "principles": [item.id for item in charter.principles],
+                "categories": [item.id for item in charter.categories],
+                "wordings": wordings,
+            }
+        )
+        return
+    table = Table(title=f"{charter.name} · {charter.digest[:12]}", title_justify="left")
+    for column in ("category", "threshold", "action", "MLCommons", "principles"):
+        table.add_column(column)
+    for item in charter.categories:
+        action = f"{item.action} (always)" if item.always_block else item.action
+        table.add_row(item.id, f"{item.threshold:.2f}", action, " ".join(item.mlcommons), " ".join(item.principles))
+    out.print(table)
+    out.print(f"{len(charter.principles)} principles, {wordings} critique wordings. The charter is valid.")
+
+
+def main() -> None:
+    """Entry point of the ``charter`` command."""
+    app()
