@@ -127,6 +127,10 @@ def _convert(gguf: Path, final: Path) -> Path:
         folder, file = str(gguf.parent), gguf.name
         AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(partial)
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+        # The weights were de-quantised on loading; without these marks they are saved as the plain tensors that they are.
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
         model.save_pretrained(partial)
         if not final.exists():
             partial.rename(final)
