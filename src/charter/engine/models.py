@@ -127,7 +127,7 @@ def _convert(gguf: Path, final: Path) -> Path:
         folder, file = str(gguf.parent), gguf.name
         AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(partial)
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-        # The weights were de-quantised on loading; without these marks they are saved as the plain tensors that they are.
+        # The weights were de-quantised on loading; without these marks they are saved as plain tensors.
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
