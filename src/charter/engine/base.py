@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -145,3 +145,24 @@ def row_seed(*parts: object) -> int:
 def combine_digests(*parts: str) -> str:
     """Hex SHA-256 over named parts, for engine and stage digests."""
     return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()
+
+
+MAX_ROWS = 64
+"""Rows of one batch at most."""
+
+
+def batches(sizes: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Row numbers, longest first, in batches whose padded size stays within the budget (one row at least).
+
+    Args:
+        sizes: tokens of each row.
+        budget: rows x tokens of the longest row of a batch at most.
+    """
+    batch: list[int] = []
+    for row in sorted(range(len(sizes)), key=lambda item: (-sizes[item], item)):
+        if batch and (sizes[batch[0]] * (len(batch) + 1) > budget or len(batch) == MAX_ROWS):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch

@@ -6,9 +6,11 @@ A tokenizer's own chat template is used where it has one, without any system tur
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from charter.data import Conversation
+from charter.errors import EngineError
 
 SPEAKERS = {"system": "", "user": "Human: ", "assistant": "Assistant: "}
 
@@ -35,6 +37,24 @@ def encode(tokenizer: Any, conversation: Conversation) -> list[int]:
     """Token ids of :func:`render`; special tokens come from the template, else from the tokenizer."""
     text = render(tokenizer, conversation)
     return list(tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"])
+
+
+def encode_all(tokenizer: Any, conversations: Sequence[Conversation], *, room: int, context: int) -> list[list[int]]:
+    """:func:`encode` every conversation, leaving ``room`` tokens free in a context of ``context`` tokens.
+
+    Raises:
+        EngineError: naming the first row that does not fit.
+    """
+    encoded = []
+    for row, conversation in enumerate(conversations):
+        tokens = encode(tokenizer, conversation)
+        if len(tokens) + room > context:
+            raise EngineError(
+                f"Row {row} needs {len(tokens)} + {room} tokens; the model's context holds {context}.",
+                fix="Shorten the prompt or lower max_new_tokens.",
+            )
+        encoded.append(tokens)
+    return encoded
 
 
 def stops(tokenizer: Any) -> tuple[str, ...]:
