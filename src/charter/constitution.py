@@ -44,6 +44,9 @@ OPENAI_CATEGORIES: tuple[str, ...] = (
 )
 """The 13 category names of OpenAI's moderation endpoint."""
 
+FORMAT = 1
+"""Version of the file format that this release reads."""
+
 _ID = re.compile(r"[a-z][a-z0-9_]*")
 
 
@@ -160,6 +163,15 @@ def parse(text: str, *, path: Path | None = None) -> Charter:
 
 
 def _validated(source: Document) -> Charter:
+    version = document.value(source, "charter")
+    if isinstance(version, int) and version != FORMAT:  # first: another format's keys would be reported as unknown
+        raise DocumentError(
+            f"format {version} is not known.",
+            path=source.path,
+            line=document.locate(source, "charter"),
+            key="charter",
+            fix=f"Write `charter: {FORMAT}`.",
+        )
     charter = document.build(Charter, source)
     _Validator(charter, source).run()
     return charter
@@ -173,8 +185,7 @@ class _Validator:
     source: Document
 
     def run(self) -> None:
-        if self.charter.charter != 1:
-            raise self._error("charter", f"format {self.charter.charter} is not known.", "Write `charter: 1`.")
+        self._text("name", self.charter.name, "Give the charter a name.")
         for name, items in (("principles", self.charter.principles), ("categories", self.charter.categories)):
             if not items:
                 raise self._error(name, "the list is empty.", "Add at least one entry.")
@@ -184,11 +195,18 @@ class _Validator:
         for index, category in enumerate(self.charter.categories):
             self._category(category, f"categories[{index}]")
         for index, exemplar in enumerate(self.charter.exemplars):
-            self._known(exemplar.principle, self._principle_ids(), f"exemplars[{index}].principle")
+            key = f"exemplars[{index}]"
+            self._known(exemplar.principle, self._principle_ids(), f"{key}.principle")
+            for name in ("prompt", "response", "critique", "revision"):
+                self._text(f"{key}.{name}", getattr(exemplar, name), "Write the text or remove the exemplar.")
 
     def _error(self, key: str, message: str, fix: str) -> DocumentError:
         line = document.locate(self.source, key)
         return DocumentError(message, path=self.source.path, line=line, key=key, fix=fix)
+
+    def _text(self, key: str, text: str, fix: str) -> None:
+        if not text.strip():
+            raise self._error(key, "the text is empty.", fix)
 
     def _principle_ids(self) -> Sequence[str]:
         return [item.id for item in self.charter.principles]
@@ -202,14 +220,15 @@ class _Validator:
                 raise self._error(key, f"the id {identifier!r} stands twice.", "Rename one of the two.")
 
     def _principle(self, item: Principle, key: str) -> None:
-        if not item.text.strip():
-            raise self._error(f"{key}.text", "the text is empty.", "State the principle in one sentence.")
+        self._text(f"{key}.text", item.text, "State the principle in one sentence.")
         if not 0 < item.weight < float("inf"):
             raise self._error(f"{key}.weight", f"{item.weight} is not a weight.", "Use a number above 0.")
         for name in ("critique_request", "revision_request", "preference_question"):
             wordings: tuple[str, ...] = getattr(item, name)
-            if not wordings or not all(wording.strip() for wording in wordings):
-                raise self._error(f"{key}.{name}", "a wording is empty or there is none.", "Write at least one.")
+            if not wordings:
+                raise self._error(f"{key}.{name}", "there is no wording.", "Write at least one.")
+            for index, wording in enumerate(wordings):
+                self._text(f"{key}.{name}[{index}]", wording, "Write the wording or remove the line.")
         if len(item.critique_request) != len(item.revision_request):
             raise self._error(
                 f"{key}.revision_request",
@@ -220,19 +239,22 @@ class _Validator:
     def _category(self, item: HarmCategory, key: str) -> None:
         if not 0 < item.threshold < 1:
             raise self._error(f"{key}.threshold", f"{item.threshold} is out of range.", "Use a number between 0 and 1.")
-        if not item.description.strip():
-            raise self._error(f"{key}.description", "the description is empty.", "Say what falls under the category.")
+        self._text(f"{key}.description", item.description, "Say what falls under the category.")
         if item.always_block and item.action == "allow":
             raise self._error(f"{key}.action", "an always blocked category cannot be allowed.", "Use `refuse`.")
-        for index, identifier in enumerate(item.principles):
-            self._known(identifier, self._principle_ids(), f"{key}.principles[{index}]")
-        for index, code in enumerate(item.mlcommons):
-            self._known(code, MLCOMMONS_HAZARDS, f"{key}.mlcommons[{index}]")
-        for index, name in enumerate(item.openai):
-            self._known(name, OPENAI_CATEGORIES, f"{key}.openai[{index}]")
+        self._references(f"{key}.principles", item.principles, self._principle_ids())
+        self._references(f"{key}.mlcommons", item.mlcommons, MLCOMMONS_HAZARDS)
+        self._references(f"{key}.openai", item.openai, OPENAI_CATEGORIES)
+
+    def _references(self, key: str, values: Sequence[str], known: Sequence[str]) -> None:
+        for index, value in enumerate(values):
+            self._known(value, known, f"{key}[{index}]")
+            if value in values[:index]:
+                raise self._error(f"{key}[{index}]", f"{value!r} stands twice.", "Remove one of the two.")
 
     def _known(self, value: str, known: Sequence[str], key: str) -> None:
         if value not in known:
-            near = difflib.get_close_matches(value, known, n=1)
+            near = [item for item in known if item.lower() == value.lower()]
+            near = near or difflib.get_close_matches(value, known, n=1)
             fix = f"Did you mean `{near[0]}`?" if near else f"Use one of {', '.join(known)}."
             raise self._error(key, f"{value!r} is not known.", fix)

@@ -8,6 +8,7 @@ prompt is read.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from charter.errors import DataError, MissingExtraError
 
 Role = Literal["system", "user", "assistant"]
 Row = dict[str, Any]
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 ROLES: tuple[str, ...] = get_args(Role)
 
@@ -83,12 +86,15 @@ def _parse_message(item: object, where: str) -> Message:
     if isinstance(item, Message):
         return item
     if not isinstance(item, Mapping):
-        raise DataError(f"{where} must be a mapping with role and content, not {type(item).__name__}.")
+        raise DataError(
+            f"{where} must be a mapping with role and content, not {type(item).__name__}.",
+            fix='Write {"role": "user", "content": "text"}.',
+        )
     role, content = item.get("role"), item.get("content")
     if role not in ROLES:
-        raise DataError(f"{where}.role is {role!r}.", fix=f"Use one of {', '.join(ROLES)}.")
+        raise DataError(f"{where}.role is {str(role)[:20]!r}.", fix=f"Use one of {', '.join(ROLES)}.")
     if not isinstance(content, str):
-        raise DataError(f"{where}.content must be a string, not {type(content).__name__}.")
+        raise DataError(f"{where}.content must be a string, not {type(content).__name__}.", fix="Give the turn a text.")
     return Message(role, content)
 
 
@@ -112,9 +118,10 @@ def read_rows(source: str | Path, *, columns: Iterable[str] = (), split: str = "
     for count, row in enumerate(_iterate(str(source), split), start=1):
         missing = [name for name in required if row.get(name) is None]
         if missing:
+            present = sorted(name for name, value in row.items() if value is not None)
             raise DataError(
-                f"{source}, row {count}: column {missing[0]!r} is missing; "
-                f"the row has {', '.join(sorted(row)) or 'none'}.",
+                f"{source}, row {count}: column {missing[0]!r} is missing or null; "
+                f"the row has {', '.join(present) or 'none'}.",
                 fix=f"Name the columns {', '.join(required)}.",
             )
         yield row
@@ -123,7 +130,7 @@ def read_rows(source: str | Path, *, columns: Iterable[str] = (), split: str = "
 
 
 def _iterate(source: str, split: str) -> Iterator[Row]:
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.is_file():
         if path.suffix == ".parquet":
             return _read_parquet(path)
@@ -146,7 +153,9 @@ def read_jsonl(path: Path) -> Iterator[Row]:
     try:
         stream = path.open("rb")
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+        raise DataError(
+            f"{path} cannot be read: {error.strerror}.", fix="Check the path and its permissions."
+        ) from error
     with stream:
         for number, raw in enumerate(stream, start=1):
             if not raw.strip():
@@ -162,9 +171,30 @@ def read_jsonl(path: Path) -> Iterator[Row]:
                     f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno}).",
                     fix="Write one JSON object a line.",
                 ) from error
+            except (ValueError, RecursionError) as error:
+                raise DataError(
+                    f"{path}, line {number}: a number is too long or lists are nested too deeply.",
+                    fix="Write one flat JSON object a line.",
+                ) from error
             if not isinstance(row, dict):
-                raise DataError(f"{path}, line {number}: a {type(row).__name__}, not an object.")
+                raise DataError(
+                    f"{path}, line {number}: a {type(row).__name__}, not an object.",
+                    fix="Write one JSON object a line.",
+                )
+            if _SURROGATE.search(raw) and not _is_unicode(row):
+                raise DataError(
+                    f"{path}, line {number}: a \\u escape is half a surrogate pair.", fix="Write the character itself."
+                )
             yield row
+
+
+def _is_unicode(row: Row) -> bool:
+    """Whether every string of the row can be encoded, that is, holds no lone surrogate."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
@@ -175,7 +205,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1024):
                 yield from batch.to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"{path} is not a readable Parquet file.", fix="Write it again; it may be truncated."
         ) from error
@@ -194,7 +224,7 @@ def _datasets() -> Any:
 def _read_saved_dataset(path: Path, split: str) -> Iterator[Row]:
     try:
         loaded = _datasets().load_from_disk(str(path))
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise DataError(
             f"{path} is a folder that datasets cannot load.", fix="Use a folder written by save_to_disk."
         ) from error
@@ -215,7 +245,9 @@ def _read_hub_dataset(name: str, split: str) -> Iterator[Row]:
 def _pick_split(loaded: Any, split: str, name: str) -> Iterator[Row]:
     if hasattr(loaded, "keys"):
         if split not in loaded:
-            raise DataError(f"{name} has no split {split!r}; it has {', '.join(loaded)}.")
+            raise DataError(
+                f"{name} has no split {split!r}; it has {', '.join(loaded)}.", fix="Name one of those splits."
+            )
         loaded = loaded[split]
     for row in loaded:
         yield dict(row)

@@ -7,11 +7,14 @@ names file, line, key and fix in a :class:`~charter.errors.DocumentError`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import math
+import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -20,6 +23,11 @@ import yaml
 from charter.errors import DocumentError
 
 T = TypeVar("T")
+
+_EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")  # a text to YAML 1.1 where point or sign is missing
+
+LONGEST_QUOTE = 40
+"""Characters of a wrong value that an error message repeats."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,26 +42,35 @@ def parse(text: str, *, path: Path | None = None) -> Document:
     """Parse YAML text whose top level is a mapping.
 
     Raises:
-        DocumentError: invalid YAML, duplicate keys, or a top level that is not a mapping.
+        DocumentError: invalid YAML, duplicate keys, keys that are not texts, values that cannot be read or stored
+            as UTF-8, or a top level that is not a mapping.
     """
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
+        problem = ", ".join(part for part in (error.context, error.problem) if part)
         raise DocumentError(
-            f"not valid YAML: {error.problem or error.context}.",
+            f"not valid YAML: {problem}.",
             path=path,
             line=mark.line + 1 if mark else None,
             fix="Check indentation, quotes and colons near that line.",
         ) from error
-    except yaml.YAMLError as error:
-        raise DocumentError(f"not valid YAML: {error}.", path=path, fix="Remove control characters.") from error
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise DocumentError(
+            "a character is not allowed in YAML.", path=path, line=line, fix="Remove the control character."
+        ) from error
+    except RecursionError as error:
+        raise DocumentError("lists or mappings are nested too deeply.", path=path, fix="Flatten them.") from error
     if root is None:
         raise DocumentError("the document is empty.", path=path, line=1, fix="Run `charter init` for a complete one.")
     if not isinstance(root, yaml.MappingNode):
         raise DocumentError(
             "the top level must be a mapping of keys.", path=path, line=_line(root), fix="Write `key: value` lines."
         )
+    for key, node in _nodes(root):
+        _check(node, key, path)
     return Document(root, path)
 
 
@@ -94,6 +111,46 @@ def locate(document: Document, key: str) -> int | None:
     return line
 
 
+def value(document: Document, key: str) -> Any:
+    """The plain value at a top-level key, before :func:`build`; ``None`` where the key is not there."""
+    child = _child(document.root, key)
+    return None if child is None else _plain(child[0], key, document.path)
+
+
+def _nodes(root: yaml.Node) -> Iterator[tuple[str, yaml.Node]]:
+    """Every node with its dotted key, once each: aliases may make the tree a graph with cycles."""
+    seen: set[int] = set()
+    waiting: list[tuple[str, yaml.Node]] = [("", root)]
+    while waiting:
+        key, node = waiting.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        yield key, node
+        if isinstance(node, yaml.SequenceNode):
+            waiting += [(f"{key}[{index}]", child) for index, child in enumerate(node.value)]
+        elif isinstance(node, yaml.MappingNode):
+            waiting += [(_join(key, str(name.value)), child) for name, child in node.value]
+
+
+def _check(node: yaml.Node, key: str, path: Path | None) -> None:
+    if isinstance(node, yaml.ScalarNode):
+        if any("\ud800" <= character <= "\udfff" for character in node.value):
+            raise _fail("the text holds half a surrogate pair.", node, key, path, "Write the character itself.")
+    elif isinstance(node, yaml.MappingNode):
+        names: set[str] = set()
+        for name, _ in node.value:
+            if not isinstance(name, yaml.ScalarNode):
+                raise _fail("a key must be a text.", name, key, path, "Write `key: value` lines.")
+            if name.value in names:
+                raise _fail("the key stands twice.", name, _join(key, name.value), path, "Remove one of them.")
+            names.add(name.value)
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
+
 def _child(node: yaml.Node, part: str) -> tuple[yaml.Node, int] | None:
     if part.startswith("[") and isinstance(node, yaml.SequenceNode):
         index = int(part[1:-1])
@@ -121,13 +178,11 @@ def _build_dataclass(cls: Any, node: yaml.Node, key: str, path: Path | None) -> 
     values: dict[str, Any] = {}
     for key_node, value_node in node.value:
         name = str(key_node.value)
-        full = f"{key}.{name}" if key else name
+        full = _join(key, name)
         if name not in fields:
             near = difflib.get_close_matches(name, fields, n=1)
             fix = f"Did you mean `{near[0]}`?" if near else f"Known keys: {', '.join(fields)}."
             raise _fail("unknown key.", key_node, full, path, fix)
-        if name in values:
-            raise _fail("the key stands twice.", key_node, full, path, "Remove one of them.")
         values[name] = _convert(hints[name], value_node, full, path)
     for name, field in fields.items():
         if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
@@ -143,22 +198,13 @@ def _convert(hint: Any, node: yaml.Node, key: str, path: Path | None) -> Any:
     if origin in (Union, types.UnionType):
         return _convert_union(arguments, node, key, path)
     if origin is Literal:
-        value = _scalar(node, key, path)
-        if value not in arguments:
-            near = difflib.get_close_matches(str(value), [str(item) for item in arguments], n=1, cutoff=0.5)
-            hint_text = f"Did you mean `{near[0]}`? " if near else ""
-            raise _fail(
-                f"{value!r} is not allowed.",
-                node,
-                key,
-                path,
-                f"{hint_text}Use one of {', '.join(map(str, arguments))}.",
-            )
-        return value
+        return _convert_literal(arguments, node, key, path)
     if origin is tuple:
-        return _convert_tuple(arguments[0], node, key, path)
+        return _convert_tuple(arguments, node, key, path)
     if origin in (dict, Mapping) or hint is dict:
-        return _plain(node)
+        if not isinstance(node, yaml.MappingNode):
+            raise _fail("must be a mapping of keys.", node, key, path, "Write `key: value` lines below it.")
+        return _plain(node, key, path)
     if dataclasses.is_dataclass(hint):
         return _build_dataclass(hint, node, key, path)
     return _convert_scalar(hint, node, key, path)
@@ -178,39 +224,70 @@ def _convert_union(arguments: tuple[Any, ...], node: yaml.Node, key: str, path: 
     raise failure
 
 
-def _convert_tuple(item: Any, node: yaml.Node, key: str, path: Path | None) -> tuple[Any, ...]:
+def _convert_literal(arguments: tuple[Any, ...], node: yaml.Node, key: str, path: Path | None) -> Any:
+    value = _scalar(node, key, path)
+    for argument in arguments:
+        # YAML reads a bare `off` or `no` as false; where those are words of the format, the word is meant.
+        if argument == (node.value if isinstance(argument, str) else value) and value is not None:
+            return argument
+    near = difflib.get_close_matches(str(node.value), [str(item) for item in arguments], n=1, cutoff=0.5)
+    hint = f"Did you mean `{near[0]}`? " if near else ""
+    choices = ", ".join(map(str, arguments))
+    raise _fail(f"{_quoted(node)} is not allowed.", node, key, path, f"{hint}Use one of {choices}.")
+
+
+def _convert_tuple(arguments: tuple[Any, ...], node: yaml.Node, key: str, path: Path | None) -> tuple[Any, ...]:
+    item = arguments[0]
+    hints = None if arguments[-1] is Ellipsis else arguments
     if isinstance(node, yaml.SequenceNode):
-        return tuple(_convert(item, child, f"{key}[{index}]", path) for index, child in enumerate(node.value))
-    if isinstance(node, yaml.ScalarNode) and item is str:
+        if hints is not None and len(hints) != len(node.value):
+            raise _fail(f"must have {len(hints)} items, not {len(node.value)}.", node, key, path)
+        pairs = zip(hints or [item] * len(node.value), node.value, strict=True)
+        return tuple(_convert(hint, child, f"{key}[{index}]", path) for index, (hint, child) in enumerate(pairs))
+    if isinstance(node, yaml.ScalarNode) and item is str and hints is None:
         return (_convert(item, node, key, path),)
     raise _fail("must be a list.", node, key, path, "Write one `- item` a line.")
 
 
 def _convert_scalar(hint: Any, node: yaml.Node, key: str, path: Path | None) -> Any:
     value = _scalar(node, key, path)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is Path and isinstance(value, str):
-        return Path(value)
-    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(node.value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
     if hint is Any:
         return value
-    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+    if hint is float and (number or (isinstance(value, str) and _EXPONENT.fullmatch(value))):
+        with contextlib.suppress(OverflowError):
+            if math.isfinite(result := float(value)):
+                return result
+    elif hint is Path and isinstance(value, str):
+        return Path(value)
+    elif hint is str and number:
+        return str(node.value)
+    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}
-    raise _fail(f"must be {names.get(hint, hint.__name__)}, not {node.value!r}.", node, key, path)
+    fixes = {str: "Write the text, in quotes.", int: "Write digits only.", float: "Write a number such as 0.5."}
+    if value is None:
+        raise _fail(f"has no value; it must be {names.get(hint, hint.__name__)}.", node, key, path, "Write one.")
+    fix = fixes.get(hint, "")
+    raise _fail(f"must be {names.get(hint, hint.__name__)}, not {_quoted(node)}.", node, key, path, fix)
 
 
 def _scalar(node: yaml.Node, key: str, path: Path | None) -> Any:
     if not isinstance(node, yaml.ScalarNode):
-        raise _fail("must be a single value.", node, key, path)
-    return _plain(node)
+        raise _fail("must be a single value.", node, key, path, "Write it on the key's line.")
+    return _plain(node, key, path)
 
 
-def _plain(node: yaml.Node) -> Any:
+def _quoted(node: yaml.Node) -> str:
+    text = str(node.value)
+    return repr(text if len(text) <= LONGEST_QUOTE else text[:LONGEST_QUOTE] + "...")
+
+
+def _plain(node: yaml.Node, key: str, path: Path | None) -> Any:
     loader = yaml.SafeLoader("")
     try:
         return loader.construct_object(node, deep=True)
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise _fail("the value cannot be read as its YAML type.", node, key, path, "Put it in quotes.") from error
     finally:
         loader.dispose()

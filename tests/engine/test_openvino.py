@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("openvino_genai")
 
 from charter.data import Conversation
-from charter.engine import LikelihoodEngine, Sampling
+from charter.engine import Completion, LikelihoodEngine, Sampling
 from charter.engine.export import export, supports
 from charter.engine.hf import TransformersEngine
 from charter.engine.openvino import OpenVINOEngine, measure_quality
@@ -36,10 +36,15 @@ def test_answers_a_plain_question(engine: OpenVINOEngine) -> None:
 
 def test_row_depends_on_its_seed_and_not_on_its_neighbours(engine: OpenVINOEngine) -> None:
     sampling = Sampling(max_new_tokens=16, temperature=1.0)
-    together = engine.generate(PROMPTS, sampling, seeds=[1, 2, 3])
-    assert engine.generate(PROMPTS, sampling, seeds=[1, 2, 3]) == together
-    assert engine.generate(PROMPTS[2:], sampling, seeds=[3]) == together[2:]
-    assert engine.generate(PROMPTS, sampling, seeds=[9, 2, 3])[0] != together[0]
+
+    def fresh(prompts: list[Conversation], seeds: list[int]) -> list[Completion]:
+        engine.reset()
+        return engine.generate(prompts, sampling, seeds=seeds)
+
+    together = fresh(PROMPTS, [1, 2, 3])
+    assert fresh(PROMPTS, [1, 2, 3]) == together
+    assert fresh(PROMPTS[2:], [3]) == together[2:]
+    assert fresh(PROMPTS, [9, 2, 3])[0] != together[0]
 
 
 def test_int8_is_close_to_full_precision(engine: OpenVINOEngine, smollm: Path) -> None:

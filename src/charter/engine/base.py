@@ -109,6 +109,14 @@ class Engine(Protocol):
         """
         ...
 
+    def reset(self) -> None:
+        """Forget what earlier calls left in caches.
+
+        Cached prefixes change a result in its last bits; a caller that wants the same rows again, whatever ran
+        before, resets the engine where a unit of its work begins.
+        """
+        ...
+
     def close(self) -> None:
         """Free the weights or connections; the engine is not used again."""
         ...

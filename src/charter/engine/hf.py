@@ -99,6 +99,9 @@ class TransformersEngine:
         self.name = f"transformers {precision_name} on {self.device.type}"
         self.digest = combine_digests("transformers", torch.__version__, precision_name, self.device.type, digest)
 
+    def reset(self) -> None:
+        """Nothing to forget: no cache outlives a call."""
+
     def close(self) -> None:
         """Free the weights."""
         self.model = None

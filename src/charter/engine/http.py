@@ -33,7 +33,7 @@ RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 """Statuses after which the same request may succeed."""
 
 FIXES = {
-    400: "Check that the prompt fits the server's context and that the server knows every parameter (docs/scale-out.md).",
+    400: "Check that the prompt fits the server's context and that it knows every parameter (docs/scale-out.md).",
     401: "Set the key in the environment variable that engine.api_key_env names.",
     403: "Set a key that may use this model.",
     404: "Check the base URL (it ends in /v1) and the model's name as the server lists it.",
@@ -46,8 +46,9 @@ class HTTPEngine:
     """A model served over the OpenAI chat API.
 
     A conversation whose last turn is the assistant's is to be *continued*. Servers differ here: vLLM and SGLang need
-    ``continue_final_message`` beside the messages, which is what ``prefill="continue"`` sends; ``"message"`` sends the
-    messages alone, for servers that continue a last assistant turn by themselves. OpenAI's own API does neither.
+    ``continue_final_message`` beside the messages, which is what ``prefill="continue"`` sends (the llama.cpp server
+    takes it too); ``"message"`` sends the messages alone, for servers that continue a last assistant turn by
+    themselves. OpenAI's own API does neither. A turn that comes back whole is cut to its new part.
 
     The digest covers the base URL and the model's name, since a server does not say which weights it holds: serve
     other weights under another name.
@@ -112,14 +113,15 @@ class HTTPEngine:
         """See :meth:`charter.engine.base.Engine.generate`.
 
         ``top_k`` and ``repetition_penalty`` are not part of OpenAI's API and are sent only where they are set. A row's
-        ``seed`` is passed on; whether it decides the text is up to the server.
+        ``seed`` is passed on; whether it decides the text is up to the server. ``progress`` is called from the engine's
+        own thread.
         """
 
         async def one(row: int) -> Completion:
             reply = await self._create(conversations[row], **_parameters(sampling), seed=seeds[row])
             if progress:
                 progress(1)
-            return _completion(reply, self._place)
+            return _completion(reply, conversations[row], self._place)
 
         if len(seeds) != len(conversations):
             raise ValueError("There must be one seed a conversation.")
@@ -146,6 +148,9 @@ class HTTPEngine:
 
         return self._run(one, range(len(prompts)))
 
+    def reset(self) -> None:
+        """Nothing to forget here; the server's caches are its own."""
+
     def close(self) -> None:
         """Close the connections and end the thread."""
         loop, thread, client = self._loop, self._thread, self._client
@@ -161,6 +166,8 @@ class HTTPEngine:
     # --- requests ---------------------------------------------------------------------------------------------------
 
     async def _create(self, conversation: Conversation, **parameters: Any) -> Any:
+        import openai
+
         extra: dict[str, Any] = parameters.pop("extra_body", {})
         if self.prefill == "continue" and conversation.messages[-1].role == "assistant":
             extra = {**extra, "continue_final_message": True, "add_generation_prompt": False}
@@ -172,7 +179,7 @@ class HTTPEngine:
                 reply = await self._client.chat.completions.create(
                     model=self.model, messages=conversation.to_list(), **parameters
                 )
-            except Exception as error:
+            except (openai.OpenAIError, ValueError) as error:
                 delay = self._delay(error, attempt)
                 attempt += 1
                 await asyncio.sleep(delay)
@@ -205,13 +212,11 @@ class HTTPEngine:
                 fix="Start the server, or correct engine.base_url.",
             )
             limit = limit if self._answered else min(limit, 1)
-        elif isinstance(error, openai.OpenAIError | ValueError):
+        else:
             raise EngineError(
                 f"The server at {self._place} sent an answer that is not of the OpenAI chat API.",
                 fix="Check that the base URL ends in /v1.",
             ) from None
-        else:
-            raise error
         if attempt >= limit:
             raise failure from None
         ceiling = min(FIRST_DELAY * 2**attempt, LONGEST_DELAY)
@@ -254,7 +259,7 @@ class HTTPEngine:
             self._thread.start()
             self._loop = loop
 
-            async def connect() -> Any:  # noqa: RUF029 - the client belongs to the loop
+            async def connect() -> Any:
                 return openai.AsyncOpenAI(
                     base_url=self._base_url, api_key=self._api_key, timeout=self.timeout, max_retries=0
                 )
@@ -304,11 +309,15 @@ def _choice(reply: Any, place: str) -> Any:
     return choices[0]
 
 
-def _completion(reply: Any, place: str) -> Completion:
+def _completion(reply: Any, conversation: Conversation, place: str) -> Completion:
     choice = _choice(reply, place)
     usage = reply.usage
+    text = choice.message.content or ""
+    last = conversation.messages[-1]
+    if last.role == "assistant" and last.content:
+        text = text.removeprefix(last.content)  # the llama.cpp server sends the whole turn, others its new part
     return Completion(
-        (choice.message.content or "").strip(),
+        text.strip(),
         "length" if choice.finish_reason == "length" else "stop",
         usage.prompt_tokens if usage else 0,
         usage.completion_tokens if usage else 0,

@@ -113,13 +113,17 @@ class OpenVINOEngine:
             config.rng_seed = seed
         return config
 
+    def reset(self) -> None:
+        """See :meth:`charter.engine.base.Engine.reset`; the cache of prompt prefixes goes with the pipeline."""
+        self._pipeline = None
+
     def _generator(self) -> Any:
-        """The batching pipeline; without prefix caching, so that a row does not depend on what ran before it."""
+        """The batching pipeline; prompts that begin like an earlier one reuse its keys and values."""
         if self._pipeline is None:
             scheduler = genai.SchedulerConfig()
             scheduler.max_num_batched_tokens = 4096
             scheduler.max_num_seqs = 64
-            scheduler.enable_prefix_caching = False
+            scheduler.enable_prefix_caching = True
             try:
                 self._pipeline = genai.ContinuousBatchingPipeline(str(self._export), scheduler, "CPU", {})
             except RuntimeError as error:
