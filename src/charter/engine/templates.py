@@ -12,6 +12,7 @@ from typing import Any
 from charter.data import Conversation
 from charter.errors import EngineError
 
+_MARK = "\N{SECTION SIGN}\N{SECTION SIGN}"
 SPEAKERS = {"system": "", "user": "Human: ", "assistant": "Assistant: "}
 
 
@@ -37,6 +38,19 @@ def encode(tokenizer: Any, conversation: Conversation) -> list[int]:
     """Token ids of :func:`render`; special tokens come from the template, else from the tokenizer."""
     text = render(tokenizer, conversation)
     return list(tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"])
+
+
+def encode_turn(tokenizer: Any, prompt: Conversation, response: str) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt and of a whole answer to it, with what ends an assistant turn.
+
+    The two are encoded apart, so that a prompt's ids are the ones that generation starts from.
+    """
+    end = tokenizer.eos_token or ""
+    if tokenizer.chat_template:
+        closed = str(tokenizer.apply_chat_template(prompt.add("assistant", _MARK).to_list(), tokenize=False))
+        end = closed.rpartition(_MARK)[2].rstrip("\n") or end
+    answer = tokenizer(response + end, add_special_tokens=False)["input_ids"]
+    return encode(tokenizer, prompt), list(answer)
 
 
 def encode_all(tokenizer: Any, conversations: Sequence[Conversation], *, room: int, context: int) -> list[list[int]]:

@@ -232,14 +232,8 @@ class RewardScorer:
     def _encode(self, prompt: Conversation, response: str) -> list[int]:
         from charter.engine import templates
 
-        conversation = prompt.add("assistant", response)
-        text = templates.render(self.tokenizer, conversation)
-        if self.tokenizer.chat_template:
-            closed = str(self.tokenizer.apply_chat_template(conversation.to_list(), tokenize=False))
-            text += (
-                closed[closed.rindex(response.strip()) + len(response.strip()) :] if response.strip() in closed else ""
-            )
-        return list(self.tokenizer(text, add_special_tokens=not self.tokenizer.chat_template)["input_ids"])
+        head, answer = templates.encode_turn(self.tokenizer, prompt, response.strip())
+        return head + answer
 
     def _forward(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """Right-padded, masked; returns one reward a row."""
