@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from charter import __version__, constitution
+from charter import __version__, constitution, document
 from charter.errors import CharterError, RunError
 
 app = typer.Typer(
@@ -32,6 +34,7 @@ err = Console(stderr=True)
 out = Console()
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+CharterOption = Annotated[Path | None, typer.Option("--charter", help="Charter file; the shipped one by default.")]
 
 
 @contextmanager
@@ -52,6 +55,10 @@ def _escape(text: str) -> str:
 
 def _print_json(value: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def _load_charter(path: Path | None) -> constitution.Charter:
+    return constitution.load(path) if path else constitution.default()
 
 
 def _version(value: bool) -> None:
@@ -116,6 +123,67 @@ def check(
         table.add_row(item.id, f"{item.threshold:.2f}", action, " ".join(item.mlcommons), " ".join(item.principles))
     out.print(table)
     out.print(f"{len(charter.principles)} principles, {wordings} critique wordings. The charter is valid.")
+
+
+class _Console:
+    """Draws the pipeline's progress on standard error, a line a stage."""
+
+    def __init__(self) -> None:
+        self._status = err.status("starting")
+        self._name, self._rows, self._since = "", 0, time.monotonic()
+        self._status.start()
+
+    def stage_started(self, name: str, total: int) -> None:
+        del total
+        self._name, self._rows, self._since = name, 0, time.monotonic()
+        self._status.update(f"{name} …")
+
+    def advanced(self, rows: int) -> None:
+        self._rows += rows
+        self._status.update(f"{self._name}: {self._rows} rows, {time.monotonic() - self._since:.0f} s")
+
+    def stage_finished(self, name: str, seconds: float, cached: bool) -> None:
+        err.print(f"[green]✓[/] {name:<22} {'unchanged' if cached else f'{seconds:6.1f} s'}", highlight=False)
+
+    def close(self) -> None:
+        self._status.stop()
+
+
+@app.command()
+def align(
+    config: Annotated[Path | None, typer.Option("--config", help="Settings (YAML); defaults where absent.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Run directory.")] = None,
+    first: Annotated[str, typer.Option("--from", help="First stage that may run.")] = "sft",
+    until: Annotated[str, typer.Option("--until", help="Last stage to run.")] = "grpo",
+    report_to: Annotated[str | None, typer.Option("--report-to", help="tensorboard or wandb.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Align a model to a charter: all stages, resumable, ending with a report."""
+    listener = None
+    try:
+        with _reported(as_json):
+            from charter.train import pipeline
+
+            settings = document.build(pipeline.AlignConfig, document.read(config)) if config else pipeline.AlignConfig()
+            if config and settings.charter:
+                settings = replace(settings, charter=config.parent / settings.charter)
+            if output:
+                settings = replace(settings, output=output)
+            if report_to:
+                settings = replace(settings, report_to=report_to)
+            for name in (first, until):
+                if name not in pipeline.STAGES:
+                    raise RunError(f"There is no stage {name!r}.", fix=f"Use one of {', '.join(pipeline.STAGES)}.")
+            charter = _load_charter(settings.charter)
+            listener = _Console()
+            path = pipeline.align(settings, charter, first=first, until=until, listener=listener)  # type: ignore[arg-type]
+    finally:
+        if listener:
+            listener.close()
+    if as_json:
+        _print_json({"report": str(path), "output": str(settings.output), "charter": charter.digest})
+    else:
+        out.print(f"Report: {path}")
 
 
 def main() -> None:
