@@ -158,7 +158,7 @@ def test_reward_does_not_depend_on_the_batch(reward_model: Path) -> None:
 def test_reward_reads_what_a_trainer_would_have_written(reward_model: Path) -> None:
     scorer = evaluation.RewardScorer(reward_model)
     text = scorer.tokenizer.decode(scorer._encode(Conversation.user("Hi."), "Hello."))
-    assert text == "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n"
+    assert text == "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>"
 
 
 def test_folders_that_are_no_reward_model(tmp_path: Path, reward_model: Path) -> None:

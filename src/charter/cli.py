@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,7 +34,6 @@ err = Console(stderr=True)
 out = Console()
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-CharterOption = Annotated[Path | None, typer.Option("--charter", help="Charter file; the shipped one by default.")]
 
 
 @contextmanager
@@ -149,6 +148,44 @@ class _Console:
         self._status.stop()
 
 
+def _settings(config: Path | None) -> Any:
+    """Settings from a file (paths in it are relative to it) or the defaults."""
+    from charter.train import pipeline
+
+    if config is None:
+        return pipeline.AlignConfig()
+    settings = document.build(pipeline.AlignConfig, document.read(config))
+    return replace(settings, charter=config.parent / settings.charter) if settings.charter else settings
+
+
+@contextmanager
+def _listener() -> Iterator[_Console]:
+    _quieten()
+    listener = _Console()
+    try:
+        yield listener
+    finally:
+        listener.close()
+
+
+def _quieten() -> None:
+    """Progress is ours to draw; what libraries print besides is left to their loggers' errors."""
+    import logging
+    import os
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("trl").setLevel(logging.ERROR)
+
+
 @app.command()
 def align(
     config: Annotated[Path | None, typer.Option("--config", help="Settings (YAML); defaults where absent.")] = None,
@@ -159,31 +196,87 @@ def align(
     as_json: JsonFlag = False,
 ) -> None:
     """Align a model to a charter: all stages, resumable, ending with a report."""
-    listener = None
-    try:
-        with _reported(as_json):
-            from charter.train import pipeline
+    with _reported(as_json), _listener() as listener:
+        from charter.train import pipeline
 
-            settings = document.build(pipeline.AlignConfig, document.read(config)) if config else pipeline.AlignConfig()
-            if config and settings.charter:
-                settings = replace(settings, charter=config.parent / settings.charter)
-            if output:
-                settings = replace(settings, output=output)
-            if report_to:
-                settings = replace(settings, report_to=report_to)
-            for name in (first, until):
-                if name not in pipeline.STAGES:
-                    raise RunError(f"There is no stage {name!r}.", fix=f"Use one of {', '.join(pipeline.STAGES)}.")
-            charter = _load_charter(settings.charter)
-            listener = _Console()
-            path = pipeline.align(settings, charter, first=first, until=until, listener=listener)  # type: ignore[arg-type]
-    finally:
-        if listener:
-            listener.close()
+        settings = _settings(config)
+        settings = replace(settings, output=output or settings.output, report_to=report_to or settings.report_to)
+        for name in (first, until):
+            if name not in pipeline.STAGES:
+                raise RunError(f"There is no stage {name!r}.", fix=f"Use one of {', '.join(pipeline.STAGES)}.")
+        charter = _load_charter(settings.charter)
+        path = pipeline.align(settings, charter, first=first, until=until, listener=listener)  # type: ignore[arg-type]
+    result = {"report": str(path), "model": str(settings.output / "model"), "charter": charter.digest}
     if as_json:
-        _print_json({"report": str(path), "output": str(settings.output), "charter": charter.digest})
+        _print_json(result)
     else:
-        out.print(f"Report: {path}")
+        out.print(f"Aligned model: {result['model']}\nReport: {result['report']}", highlight=False)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="default, a folder, a GGUF file or a Hugging Face id.")] = "default",
+    config: Annotated[Path | None, typer.Option("--config", help="Settings, as for align.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Evaluate a model: harmlessness, helpfulness, consistency, refusals, multiple choice, with intervals."""
+    with _reported(as_json), _listener() as listener:
+        from charter.train import pipeline
+
+        settings = replace(_settings(config), model=model)
+        metrics = pipeline.Pipeline(settings, _load_charter(settings.charter), listener=listener).evaluate()
+    if as_json:
+        _print_json({"model": model, "metrics": {name: asdict(metric) for name, metric in metrics.items()}})
+        return
+    table = Table(title=model, title_justify="left")
+    for column in ("metric", "value", "95 % interval", "n", "unscored"):
+        table.add_column(column)
+    for name, metric in metrics.items():
+        value = "-" if metric.value is None else f"{metric.value:.3f}"
+        interval = "" if metric.low is None else f"{metric.low:.3f} … {metric.high:.3f}"
+        table.add_row(name, value, interval, str(metric.n), str(metric.unscored))
+    out.print(table)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Run directory.")] = Path("run"),
+    as_json: JsonFlag = False,
+) -> None:
+    """Write report.html again from a run's report.json."""
+    with _reported(as_json):
+        from charter.train import report as reports
+
+        source = run / "report.json"
+        if not source.is_file():
+            raise RunError(f"{run} has no report.json.", fix="Run `charter align` first.")
+        try:
+            data = json.loads(source.read_text("utf-8"))
+        except ValueError as error:
+            raise RunError(f"{source} is not valid JSON.", fix="Run `charter align` again.") from error
+        path = reports.write(data, run)
+    if as_json:
+        _print_json({"report": str(path)})
+    else:
+        out.print(f"Report: {path}", highlight=False)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    stage: Annotated[str, typer.Argument(help="revisions, preferences, samples or evaluation.")],
+    folder: Annotated[Path, typer.Argument(help="Where the data set is written.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Write a stage's rows as a data set that TRL loads unchanged."""
+    with _reported(as_json):
+        from charter.train import exports
+
+        rows = exports.export(run, stage, folder)
+    if as_json:
+        _print_json({"rows": rows, "folder": str(folder)})
+    else:
+        out.print(f"{rows} rows in {folder}", highlight=False)
 
 
 def main() -> None:

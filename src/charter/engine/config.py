@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -51,11 +51,11 @@ def load_engine(config: EngineConfig, model: Path) -> Engine:
         MissingExtraError: an engine whose packages are not installed.
         ModelError: a model that cannot be loaded.
     """
-    kind = config.kind if config.kind != "auto" else _best(config)
+    kind = engine_kind(config, model)
     if kind == "http":
         return _http(config)
     if kind == "openvino":
-        return _openvino(config, model)
+        return _openvino(model)
     if not importlib.util.find_spec("transformers"):
         raise MissingExtraError("This engine needs Transformers.", fix="pip install 'charter[train]'")
     from charter.engine.hf import TransformersEngine
@@ -63,7 +63,10 @@ def load_engine(config: EngineConfig, model: Path) -> Engine:
     return TransformersEngine(model, precision=config.precision, device=config.device, batch_tokens=config.batch_tokens)
 
 
-def _best(config: EngineConfig) -> Kind:
+def engine_kind(config: EngineConfig, model: Path) -> Kind:
+    """The kind that :func:`load_engine` would make: ``auto`` resolved for this machine and model."""
+    if config.kind != "auto":
+        return config.kind
     if config.base_url:
         return "http"
     if config.device not in {"auto", "cpu"} or not importlib.util.find_spec("openvino_genai"):
@@ -73,17 +76,16 @@ def _best(config: EngineConfig) -> Kind:
 
         if pick_device().type != "cpu":
             return "transformers"
-    return "openvino"
+    from charter.engine.export import supports
+
+    return "openvino" if supports(model) else "transformers"
 
 
-def _openvino(config: EngineConfig, model: Path) -> Engine:
+def _openvino(model: Path) -> Engine:
     if not importlib.util.find_spec("openvino_genai"):
         raise MissingExtraError("This engine needs OpenVINO GenAI.", fix="pip install 'charter[openvino]'")
-    from charter.engine.export import export, supports
+    from charter.engine.export import export
     from charter.engine.models import cache_folder
-
-    if config.kind == "auto" and not supports(model):
-        return load_engine(replace(config, kind="transformers"), model)
     from charter.engine.openvino import OpenVINOEngine
 
     return OpenVINOEngine(export(model, cache_folder() / "exports"), model)

@@ -8,11 +8,14 @@ when it ends, and a fault in it cannot take the caller along.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +24,10 @@ from typing import Any
 import numpy as np
 
 from charter.engine.models import digest_folder
-from charter.errors import EngineError, ModelError
+from charter.errors import EngineError, ModelError, StorageError
+
+PARTIAL = ".partial-"
+"""How the name of an unfinished export begins."""
 
 VERSION = "1"
 """Part of the cache key; raised when the graph changes."""
@@ -29,17 +35,41 @@ VERSION = "1"
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """``model_type`` values that :func:`build` knows."""
 
+ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
+"""Rotary positions whose frequencies are the same for every text."""
+
+MISTRAL_WINDOW = 4096
+"""Sliding window of a Mistral configuration that names none."""
+
+STALE = 3600.0
+"""Seconds after which an unfinished export is what a killed process left."""
+
 MASKED = -65504.0
 """Added to attention scores that must not count; the lowest number of half precision."""
 
 
 def supports(folder: Path) -> bool:
-    """Whether the model in a folder can be exported."""
+    """Whether the model in a folder can be exported.
+
+    What the graph does not have is refused: sliding windows shorter than the context, rotary frequencies that change
+    with the length of the text, activations other than SiLU, quantised checkpoints.
+    """
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError):
         return False
-    return config.get("model_type") in MODEL_TYPES and not config.get("use_sliding_window")
+    kind = config.get("model_type")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    # A Mistral checkpoint that names no window has one of 4096 tokens.
+    window = config.get("sliding_window", MISTRAL_WINDOW) if kind == "mistral" else None
+    return (
+        kind in MODEL_TYPES
+        and not config.get("use_sliding_window")
+        and (window is None or window >= config.get("max_position_embeddings", math.inf))
+        and (rope.get("rope_type") or rope.get("type") or "default") in ROPE_TYPES
+        and config.get("hidden_act", "silu") in {"silu", "swish"}
+        and "quantization_config" not in config
+    )
 
 
 def export(source: Path, cache: Path) -> Path:
@@ -54,6 +84,7 @@ def export(source: Path, cache: Path) -> Path:
 
     Raises:
         ModelError: a model of another shape, or a failed export.
+        StorageError: a cache folder that cannot be written.
     """
     if not supports(source):
         raise ModelError(
@@ -62,19 +93,34 @@ def export(source: Path, cache: Path) -> Path:
     final = cache / f"openvino-int8-v{VERSION}-{digest_folder(source)[:16]}"
     if final.exists():
         return final
-    cache.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=cache, prefix=f".{final.name}-"))
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        _sweep(cache)
+        partial = Path(tempfile.mkdtemp(dir=cache, prefix=f"{PARTIAL}{final.name}-"))
+    except OSError as error:
+        raise StorageError(f"{cache} cannot be written: {error.strerror}.", fix="Set CHARTER_CACHE.") from error
     try:
         command = [sys.executable, "-m", "charter.engine.export", str(source), str(partial)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own module
         if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            reason = (done.stderr.strip().splitlines() or [f"the process ended with {done.returncode}"])[-1]
             raise ModelError(f"{source} could not be exported: {reason}", fix="Set engine.kind to `transformers`.")
-        if not final.exists():
+        try:
             partial.rename(final)
+        except OSError as error:
+            if not final.exists():  # else another process was first, with the same bytes
+                raise StorageError(f"{cache} cannot be written: {error.strerror}.", fix="Set CHARTER_CACHE.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return final
+
+
+def _sweep(cache: Path) -> None:
+    """Remove what killed exports left behind."""
+    for folder in cache.glob(f"{PARTIAL}*"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - folder.stat().st_mtime > STALE:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True, slots=True)

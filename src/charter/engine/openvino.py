@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import openvino as ov
@@ -27,10 +28,18 @@ from charter.engine.base import (
 from charter.engine.models import digest_folder
 from charter.errors import EngineError, ModelError
 
-T = TypeVar("T")
-
 SCORE_TOKENS = 8_192
 """Rows x tokens of one scoring batch at most."""
+
+SCORE_LOGITS = 2**26
+"""Logits of one scoring batch at most (rows x scored positions x vocabulary; 256 MiB), unless one row needs more."""
+
+SCORING = {"INFERENCE_PRECISION_HINT": "f32"}
+"""Scoring computes in float32: logits near 20 rounded to bf16 lie 0.125 apart, too coarse for soft labels.
+
+Activations are still quantised on the fly; ``DYNAMIC_QUANTIZATION_GROUP_SIZE`` of 0 ends that, halves the error of
+:meth:`OpenVINOEngine.choose`, makes a score independent of its batch, and takes almost twice the time.
+"""
 
 
 class OpenVINOEngine:
@@ -54,7 +63,11 @@ class OpenVINOEngine:
         config = json.loads((source / "config.json").read_text("utf-8"))
         self.context = int(config.get("max_position_embeddings") or 1 << 20)
         self._ends = _end_tokens(source, config, self.tokenizer)
-        self.digest = combine_digests("openvino", ov.__version__, "int8", export.name, digest_folder(source))
+        # What the runtime computes in depends on the processor: bf16 where it has it.
+        precision = "bf16" if "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "fp32"
+        self.digest = combine_digests(
+            "openvino", ov.__version__, genai.__version__, "int8", precision, export.name, digest_folder(source)
+        )
         self._pipeline: Any = None
         self._scorer: Any = None
 
@@ -74,21 +87,64 @@ class OpenVINOEngine:
         prompts = self._encode(conversations, sampling.max_new_tokens)
         if not prompts:
             return []
-        inputs = [ov.Tensor(np.array([prompt], dtype=np.int64)) for prompt in prompts]
-        configs = [self._config(sampling, seed) for seed in seeds]
-        try:
-            results = self._generator().generate(inputs, configs)
-        except RuntimeError as error:
-            self._pipeline = None
-            raise EngineError(f"OpenVINO failed to generate: {str(error).splitlines()[0]}.") from error
+        if len(seeds) != len(prompts):
+            raise ValueError("There must be one seed a row.")
         stops = (*sampling.stop, *templates.stops(self.tokenizer))
-        done = [self._completion(result, len(prompt), stops) for result, prompt in zip(results, prompts, strict=True)]
-        if progress:
-            progress(len(done))
-        return done
+        try:
+            written = self._write(prompts, [self._config(sampling, seed) for seed in seeds], stops, progress)
+        except RuntimeError as error:
+            raise EngineError(f"OpenVINO failed to generate: {str(error).splitlines()[0]}.") from error
+        return [self._completion(new, len(prompt), stops) for new, prompt in zip(written, prompts, strict=True)]
 
-    def _completion(self, result: Any, prompt: int, stops: tuple[str, ...]) -> Completion:
-        tokens = list(result.m_generation_ids[0])
+    def _write(
+        self, prompts: Sequence[list[int]], configs: Sequence[Any], stops: tuple[str, ...], progress: Progress | None
+    ) -> list[list[int]]:
+        """The tokens that follow each prompt; a row leaves the batch as soon as it holds a stop string."""
+        pipeline = self._generator()
+        written: list[list[int]] = [[] for _ in prompts]
+        live: dict[int, Any] = {}
+        try:
+            for row, (prompt, config) in enumerate(zip(prompts, configs, strict=True)):
+                live[row] = pipeline.add_request(row, ov.Tensor(np.array([prompt], dtype=np.int64)), config)
+            while live:
+                pipeline.step()
+                before = len(live)
+                for row in list(live):
+                    if self._advance(live[row], written[row], stops):
+                        del live[row]
+                if progress and len(live) < before:
+                    progress(before - len(live))
+            if pipeline.has_non_finished_requests():
+                pipeline.step()  # lets go of the rows that were stopped
+        except BaseException:
+            self._pipeline = None  # whatever is still under way must not meet the next call
+            with contextlib.suppress(RuntimeError):
+                for handle in live.values():
+                    handle.cancel()
+                pipeline.step()
+            raise
+        return written
+
+    def _advance(self, handle: Any, tokens: list[int], stops: tuple[str, ...]) -> bool:
+        """Take the tokens that a row has gained; whether the row is done."""
+        status = handle.get_status()  # read first: what is final now has all its tokens
+        gained = 0
+        while handle.can_read():
+            for output in handle.read().values():
+                tokens.extend(output.generated_ids)
+                gained += len(output.generated_ids)
+        if status == genai.GenerationStatus.IGNORED:
+            raise EngineError("OpenVINO had no memory for a row.", fix="Lower max_new_tokens or shorten the prompt.")
+        if status != genai.GenerationStatus.RUNNING:
+            return True
+        if gained and stops:
+            recent = self.tokenizer.decode(tokens[-gained - 4 - max(map(len, stops)) :])
+            if any(stop in recent for stop in stops):
+                handle.stop()
+                return True
+        return False
+
+    def _completion(self, tokens: list[int], prompt: int, stops: tuple[str, ...]) -> Completion:
         ended = bool(tokens) and tokens[-1] in self._ends
         text = self.tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True)
         cut = min((position for stop in stops if (position := text.find(stop)) >= 0), default=None)
@@ -127,9 +183,7 @@ class OpenVINOEngine:
             try:
                 self._pipeline = genai.ContinuousBatchingPipeline(str(self._export), scheduler, "CPU", {})
             except RuntimeError as error:
-                raise ModelError(
-                    f"{self._export} cannot be loaded by OpenVINO.", fix="Delete it and try again."
-                ) from error
+                raise self._broken() from error
         return self._pipeline
 
     def choose(self, prompts: Sequence[Conversation], options: Sequence[str]) -> list[list[float]]:
@@ -141,46 +195,41 @@ class OpenVINOEngine:
             pairs = [(prompt, option) for prompt in prompts for option in options]
             scores = self.loglikelihood([prompt for prompt, _ in pairs], [option for _, option in pairs])
             logprobs = np.array([score.logprob for score in scores]).reshape(len(prompts), len(options))
-            return _softmax(logprobs)
+            return [_softmax(row) for row in logprobs]
         ids = [tail[0] for tail in tails]
-
-        def work(rows: Sequence[int], logits: np.ndarray) -> list[list[float]]:
-            return _softmax(logits[: len(rows), -1][:, ids].astype(np.float64))
-
-        return self._scored(self._encode(prompts, 1), 1, work)
+        encoded = self._encode(prompts, 1)
+        return [_softmax(scores[-1]) for scores in self._scored(encoded, [[ids]] * len(encoded))]
 
     def loglikelihood(self, prompts: Sequence[Conversation], continuations: Sequence[str]) -> list[Likelihood]:
         """See :meth:`charter.engine.base.LikelihoodEngine.loglikelihood`."""
         tails = [self._continuation(text) for text in continuations]
-        longest = max((len(tail) for tail in tails), default=1)
-        heads = self._encode(prompts, longest)
+        heads = self._encode(prompts, max((len(tail) for tail in tails), default=1))
+        rows = [head + tail[:-1] for head, tail in zip(heads, tails, strict=True)]
+        scores = self._scored(rows, [[[token] for token in tail] for tail in tails])
+        return [Likelihood(float(found.sum()), len(found)) for found in scores]
 
-        def work(rows: Sequence[int], logits: np.ndarray) -> list[Likelihood]:
-            found = []
-            for index, row in enumerate(rows):
-                tail = tails[row]
-                scores = logits[index, -len(tail) - 1 : -1].astype(np.float64)
-                peak = scores.max(-1)
-                norm = peak + np.log(np.exp(scores - peak[:, None]).sum(-1))
-                found.append(Likelihood(float((scores[np.arange(len(tail)), tail] - norm).sum()), len(tail)))
-            return found
+    def _scored(self, rows: Sequence[list[int]], asked: Sequence[Sequence[Sequence[int]]]) -> list[np.ndarray]:
+        """Log-probabilities after the last positions of each row.
 
-        joined = [head + tail for head, tail in zip(heads, tails, strict=True)]
-        return self._scored(joined, longest + 1, work)
+        Args:
+            rows: token ids.
+            asked: of each row, tokens to score after each of its last positions: (positions, tokens).
 
-    def _scored(
-        self, rows: Sequence[list[int]], keep: int, work: Callable[[Sequence[int], np.ndarray], list[T]]
-    ) -> list[T]:
-        """Run ``work`` on the logits of the last ``keep`` positions of left-padded, length-sorted batches."""
+        Returns:
+            Of each row, an array of shape (positions, tokens), float64.
+        """
         request: Any = self._scoring_request() if rows else None
-        results: dict[int, T] = {}
-        for batch in batches([len(row) for row in rows], SCORE_TOKENS):
+        found: dict[int, np.ndarray] = {}
+        for batch in self._score_batches([len(row) for row in rows], [len(item) for item in asked]):
             longest = max(len(rows[row]) for row in batch)
+            keep = max(len(asked[row]) for row in batch)
             ids = np.zeros((len(batch), longest), dtype=np.int64)
             mask = np.zeros_like(ids)
+            targets = np.zeros((len(batch), keep, len(asked[batch[0]][0])), dtype=np.int64)
             for index, row in enumerate(batch):
                 ids[index, longest - len(rows[row]) :] = rows[row]
                 mask[index, longest - len(rows[row]) :] = 1
+                targets[index, keep - len(asked[row]) :] = asked[row]
             request.reset_state()
             output = request.infer(
                 {
@@ -189,28 +238,44 @@ class OpenVINOEngine:
                     "position_ids": np.maximum(mask.cumsum(1) - 1, 0),
                     "beam_idx": np.arange(len(batch), dtype=np.int32),
                     "keep": np.array([-keep], dtype=np.int64),
+                    "targets": targets,
                 }
-            )
-            results.update(zip(batch, work(batch, output["logits"]), strict=True))
-        return [results[row] for row in range(len(rows))]
+            )[0]
+            for index, row in enumerate(batch):
+                found[row] = output[index, keep - len(asked[row]) :].astype(np.float64)
+        return [found[row] for row in range(len(rows))]
+
+    def _score_batches(self, sizes: Sequence[int], positions: Sequence[int]) -> Iterator[list[int]]:
+        """Length-sorted batches whose logits stay within :data:`SCORE_LOGITS`."""
+        for batch in batches(sizes, SCORE_TOKENS):
+            most = max(positions[row] for row in batch) * len(self.tokenizer)
+            rows = max(SCORE_LOGITS // most, 1)
+            yield from (batch[start : start + rows] for start in range(0, len(batch), rows))
 
     def _scoring_request(self) -> Any:
-        """The same weights compiled once more, with logits of the last positions only."""
+        """The same weights compiled once more: log-probabilities of given tokens after the last positions."""
         if self._scorer is None:
             core = ov.Core()
-            model = core.read_model(str(self._export / "openvino_model.xml"))
-            keep = opset13.parameter(ov.PartialShape([1]), ov.Type.i64)
-            keep.set_friendly_name("keep")
-            keep.output(0).set_names({"keep"})
-            head = model.output("logits").get_node().input_value(0).get_node()
-            axis, step = (opset13.constant(np.array([value], dtype=np.int64)) for value in (1, 1))
-            end = opset13.constant(np.array([np.iinfo(np.int64).max], dtype=np.int64))
+            try:
+                model = core.read_model(str(self._export / "openvino_model.xml"))
+            except RuntimeError as error:
+                raise self._broken() from error
+            keep, targets = _parameter("keep", [1]), _parameter("targets", [-1, -1, -1])
+            result = model.output("logits").get_node()
+            head = result.input_value(0).get_node()
+            axis, step, end = (opset13.constant(np.array([value], dtype=np.int64)) for value in (1, 1, 2**62))
             last = opset13.slice(head.input_value(0), keep, end, step, axis)
             head.input(0).replace_source_output(last.output(0))
-            model.add_parameters([keep])
+            head.validate_and_infer_types()
+            scores = opset13.gather_elements(opset13.log_softmax(head.output(0), 2), targets, 2)
+            result.input(0).replace_source_output(scores.output(0))
+            model.add_parameters([keep, targets])
             model.validate_nodes_and_infer_types()
-            self._scorer = core.compile_model(model, "CPU").create_infer_request()
+            self._scorer = core.compile_model(model, "CPU", SCORING).create_infer_request()
         return self._scorer
+
+    def _broken(self) -> ModelError:
+        return ModelError(f"{self._export} cannot be loaded by OpenVINO.", fix="Delete it and try again.")
 
     def _continuation(self, text: str) -> list[int]:
         tokens = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -258,9 +323,16 @@ def measure_quality(
     )
 
 
-def _softmax(values: np.ndarray) -> list[list[float]]:
-    weights = np.exp(values - values.max(-1, keepdims=True))
-    probabilities: list[list[float]] = (weights / weights.sum(-1, keepdims=True)).tolist()
+def _parameter(name: str, sizes: list[int]) -> Any:
+    parameter = opset13.parameter(ov.PartialShape(sizes), ov.Type.i64)
+    parameter.set_friendly_name(name)
+    parameter.output(0).set_names({name})
+    return parameter
+
+
+def _softmax(values: np.ndarray) -> list[float]:
+    weights = np.exp(values - values.max())
+    probabilities: list[float] = (weights / weights.sum()).tolist()
     return probabilities
 
 

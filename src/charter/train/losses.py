@@ -50,3 +50,20 @@ def soft_dpo_loss(
     """
     margin = (policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)
     return soft_preference_loss(torch.mul(margin, beta), probability)
+
+
+def neutral_rewards(rewards: Tensor, *, group: int) -> Tensor:
+    """Fill in rewards that are missing so that they neither gain nor lose within their group of answers.
+
+    Args:
+        rewards: shape ``(answers, rewards)``; NaN where an answer is unscored. One prompt's answers stand together.
+        group: answers a prompt.
+
+    Returns:
+        The same shape. An answer that some rewards scored gets, for the others, the mean of the scored answers of its
+        group (0 where none is); an answer that none scored stays NaN, which TRL gives no advantage.
+    """
+    grouped = rewards.view(-1, group, rewards.size(1))
+    mean = grouped.nanmean(dim=1, keepdim=True).nan_to_num(0.0)
+    filled = torch.where(grouped.isnan(), mean, grouped).view_as(rewards)
+    return torch.where(rewards.isnan().all(dim=1, keepdim=True), rewards, filled)

@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.metadata
+import platform
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from charter import evaluation, resources
+from charter import __version__, evaluation, resources
 from charter.constitution import Charter
 from charter.data import Conversation, Row, read_rows
-from charter.engine import Engine, EngineConfig, LikelihoodEngine, load_engine
+from charter.engine import Engine, EngineConfig, LikelihoodEngine, engine_kind, load_engine
 from charter.engine.models import ModelFiles, resolve
-from charter.errors import DataError, RunError
+from charter.errors import DataError
 from charter.evaluation import EvaluationConfig
 from charter.train import filters, preferences, report, revisions, trainer
 from charter.train.preferences import PreferencesConfig
@@ -72,7 +74,30 @@ class MixConfig:
 
 @dataclass(frozen=True)
 class AlignConfig:
-    """Everything that ``charter align`` does; every key has a default that suits two CPU cores."""
+    """Everything that ``charter align`` does; every key has a default that suits two CPU cores.
+
+    Args:
+        charter: the charter file; ``None`` is the shipped one.
+        model: the start model: ``default``, a folder, a GGUF file or a Hugging Face id.
+        output: the run directory.
+        seed: of everything that is drawn.
+        chunk: prompts that are generated together and kept together; the unit that a killed run loses.
+        engine: runs the policy.
+        feedback: the model that compares and scores answers.
+        prompts: the rows.
+        sft: stage 1, on helpful rows.
+        revisions: stage 2.
+        mix: helpful rows in stage 3.
+        sl: stage 3, on revisions.
+        preferences: stage 4.
+        dpo: stage 5.
+        reward: the reward model, from the same labels.
+        grpo: reinforcement learning on the reward model.
+        evaluation: of every checkpoint.
+        curve_prompts: prompts whose answers are scored after every revision round.
+        quality_prompts: prompts on which INT8 is compared with full precision.
+        report_to: ``tensorboard`` or ``wandb`` receive the training's figures as well.
+    """
 
     charter: Path | None = None
     model: str = "default"
@@ -91,6 +116,8 @@ class AlignConfig:
     reward: RewardSettings = field(default_factory=RewardSettings)
     grpo: GRPOSettings = field(default_factory=GRPOSettings)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    curve_prompts: int = 16
+    quality_prompts: int = 8
     report_to: str = "none"
 
 
@@ -191,6 +218,18 @@ class Pipeline:
         self.start: ModelFiles = resolve(config.model)
         self.stages: dict[str, Stage] = {}
         self.evaluations: dict[str, Stage] = {}
+        self.measures: dict[str, Stage] = {}
+
+    def evaluate(self) -> dict[str, evaluation.Metric]:
+        """Evaluate the configured model alone; nothing is kept in the run directory."""
+        rows = self._evaluation_rows()
+        began = time.perf_counter()
+        self.listener.stage_started("evaluate", len(rows) * self.config.evaluation.samples)
+        with self._engine(self.start.path) as engine, self._judge() as judge:
+            scored = self._evaluate_chunk(rows, engine, judge)
+            choices = self._compare(self.prompts.comparisons, engine())
+        self.listener.stage_finished("evaluate", time.perf_counter() - began, cached=False)
+        return evaluation.summarise(scored, choices, self.config.evaluation)
 
     def run(self, *, first: StageName = "sft", until: StageName = "grpo") -> Path:
         """Run the stages up to ``until`` and write the report; returns its path.
@@ -204,24 +243,23 @@ class Pipeline:
         """
         started = time.time()
         with RunDirectory(self.config.output, charter=self.charter.digest) as folder:
+            folder.finished_only = first != STAGES[0]
             self._evaluate(folder, "start", self.start.path, self.start.digest)
             for name in STAGES[: STAGES.index(until) + 1]:
-                before = STAGES.index(name) < STAGES.index(first)
-                self._run_stage(folder, name, must_exist=before)
+                folder.finished_only = STAGES.index(name) < STAGES.index(first)
+                self._run_stage(folder, name)
                 if name in TRAINING:
                     self._evaluate(folder, name, self.stages[name].model, self.stages[name].digest)
-            data = self._report_data(started)
-            return report.write(data, self.config.output)
+            self._link_model()
+            return report.write(self._report_data(started), self.config.output)
 
     # --- stages -----------------------------------------------------------------------------------------------------
 
-    def _run_stage(self, folder: RunDirectory, name: StageName, *, must_exist: bool) -> None:
+    def _run_stage(self, folder: RunDirectory, name: StageName) -> None:
         work: Callable[[RunDirectory], Stage] = getattr(self, f"_{name}")
         began = time.perf_counter()
         self.listener.stage_started(name, 0)
         stage = work(folder)
-        if must_exist and not stage.cached:
-            raise RunError(f"Stage {name} was not finished before.", fix=f"Run with --from {name} or without --from.")
         self.stages[name] = stage
         self.listener.stage_finished(name, time.perf_counter() - began, stage.cached)
 
@@ -240,7 +278,49 @@ class Pipeline:
                     chunk, engine(), self.charter, config, seed=self.config.seed, progress=self.listener.advanced
                 )
 
-            return folder.rows_stage("revisions", key, chunked(prompts, self.config.chunk), work)
+            stage = folder.rows_stage("revisions", key, chunked(prompts, self.config.chunk), work)
+            self._measure_int8(folder, policy, engine)
+        self._score_rounds(folder, stage)
+        return stage
+
+    def _measure_int8(self, folder: RunDirectory, policy: Stage, engine: Callable[[], Engine]) -> None:
+        """What INT8 costs the policy, on helpful prompts; only where the policy runs in INT8."""
+        if self.config.quality_prompts == 0 or not runs_int8(self.config.engine, policy.model):
+            return
+        rows = [{"prompt": row["prompt"]} for row in self.prompts.helpful_train[: self.config.quality_prompts]]
+        sampling = self.config.revisions.respond
+
+        def work(chunk: Sequence[Row]) -> list[Row]:
+            from charter.engine.openvino import measure_quality
+
+            quantised, config = engine(), EngineConfig(kind="transformers", precision="fp32", device="cpu")
+            reference = load_engine(config, policy.model)
+            if not isinstance(quantised, LikelihoodEngine) or not isinstance(reference, LikelihoodEngine):
+                return []
+            prompts = [Conversation.parse(row["prompt"]) for row in chunk]
+            return [measure_quality(reference, quantised, prompts, sampling).to_dict()]
+
+        key = stage_key(policy.digest, rows, sampling)
+        self.measures["int8"] = folder.rows_stage("int8", key, [rows] if rows else [], work)
+
+    def _score_rounds(self, folder: RunDirectory, stage: Stage) -> None:
+        """Harmlessness of the answers of each revision round, for the curve of the report."""
+        rows = stage.rows()
+        wanted = list(dict.fromkeys(row["id"] for row in rows))[: self.config.curve_prompts]
+        rows = [
+            {"id": row["id"], "round": row["round"], "prompt": row["prompt"], "response": row["response"]}
+            for row in rows
+            if row["id"] in wanted
+        ]
+        with self._judge() as judge:
+
+            def work(chunk: Sequence[Row]) -> list[Row]:
+                asked = [{**row, "kind": "redteam"} for row in chunk]
+                scorer = evaluation.AIFeedbackScorer(judge(), self.charter, aspect="harmless")
+                return evaluation.score(asked, {"harmlessness": scorer})
+
+            key = stage_key(self.charter.digest, rows, self.start.digest, self.config.feedback)
+            self.measures["rounds"] = folder.rows_stage("rounds", key, chunked(rows, self.config.chunk), work)
 
     def _sl(self, folder: RunDirectory) -> Stage:
         revised = self._nonempty_rows(revisions.final_rows(self.stages["revisions"].rows()), "revisions")
@@ -345,36 +425,52 @@ class Pipeline:
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
-    def _evaluate(self, folder: RunDirectory, name: str, model: Path, digest: str) -> None:
-        config = self.config.evaluation
-        rows = [
+    def _evaluation_rows(self) -> list[Row]:
+        return [
             {"id": row["id"], "prompt": row["prompt"], "kind": row["kind"], "category": row.get("category")}
             for row in self.prompts.evaluation
         ]
+
+    def _judge(self) -> AbstractContextManager[Callable[[], Engine]]:
+        """The feedback model."""
+        feedback = self.config.feedback
+        files = resolve(feedback.model) if feedback.model else self.start
+        return self._engine(files.path, feedback.engine)
+
+    def _evaluate(self, folder: RunDirectory, name: str, model: Path, digest: str) -> None:
+        config = self.config.evaluation
+        rows = self._evaluation_rows()
         label = f"evaluate {name}"
         began = time.perf_counter()
         self.listener.stage_started(label, len(rows) * config.samples)
         key = stage_key(self.charter.digest, config, rows, self.prompts.comparisons, digest, self.config.engine)
-        with self._engine(model) as engine, self._engine(self.start.path, self.config.feedback.engine) as judge:
+        with self._engine(model) as engine, self._judge() as judge:
 
             def work(chunk: Sequence[Row]) -> list[Row]:
-                if chunk[0].get("kind") == "comparison":
-                    return self._compare(chunk, engine())
-                answered = evaluation.respond(
-                    chunk, engine(), config, seed=self.config.seed, progress=self.listener.advanced
-                )
-                feedback = judge()
-                scorers = {
-                    "harmlessness": evaluation.AIFeedbackScorer(feedback, self.charter, aspect="harmless"),
-                    "helpfulness": evaluation.AIFeedbackScorer(feedback, self.charter, aspect="helpful"),
-                }
-                return evaluation.score(answered, scorers)
+                return self._evaluate_chunk(chunk, engine, judge)
 
             comparisons = [{**row, "kind": "comparison"} for row in self.prompts.comparisons]
             chunks = chunked(rows, self.config.chunk) + ([comparisons] if comparisons else [])
             stage = folder.rows_stage("evaluation", key, chunks, work, extra={"checkpoint": name})
         self.evaluations[name] = stage
         self.listener.stage_finished(label, time.perf_counter() - began, stage.cached)
+
+    def _evaluate_chunk(
+        self, chunk: Sequence[Row], engine: Callable[[], Engine], judge: Callable[[], Engine]
+    ) -> list[Row]:
+        if chunk[0].get("kind") == "comparison":
+            return self._compare(chunk, engine())
+        answered = evaluation.respond(
+            chunk, engine(), self.config.evaluation, seed=self.config.seed, progress=self.listener.advanced
+        )
+        feedback = judge()
+        return evaluation.score(
+            answered,
+            {
+                "harmlessness": evaluation.AIFeedbackScorer(feedback, self.charter, aspect="harmless"),
+                "helpfulness": evaluation.AIFeedbackScorer(feedback, self.charter, aspect="helpful"),
+            },
+        )
 
     @staticmethod
     def _compare(items: Sequence[Row], engine: Engine) -> list[Row]:
@@ -455,11 +551,15 @@ class Pipeline:
                     **{f"evaluate {name}": stage for name, stage in self.evaluations.items()},
                 }.items()
             ],
-            "transcripts": self._transcripts(),
+            "transcripts": [*self._transcripts(), *self._revision_transcripts()],
+            "versions": versions(),
         }
+        if self.measures.get("int8") and self.measures["int8"].rows():
+            data["int8"] = self.measures["int8"].rows()[0]
         if "revisions" in self.stages:
             rows = self.stages["revisions"].rows()
             data["revisions"] = {
+                "curve": self._curve(),
                 "filters": filters.count(rows),
                 "rows": len(rows),
                 "kept": len(revisions.final_rows(rows)),
@@ -467,6 +567,48 @@ class Pipeline:
         if "preferences" in self.stages:
             data["preferences"] = preferences.summary(self.stages["preferences"].rows())
         return data
+
+    def _curve(self) -> list[dict[str, Any]]:
+        rows = self.measures["rounds"].rows()
+        rounds = sorted({row["round"] for row in rows})
+        return [
+            {
+                "round": number,
+                **_plain(
+                    {
+                        "harmlessness": evaluation.summarise(
+                            [row for row in rows if row["round"] == number], [], self.config.evaluation
+                        )["harmlessness"]
+                    }
+                ),
+            }
+            for number in rounds
+        ]
+
+    def _link_model(self) -> None:
+        """``model`` in the run directory points to the checkpoint of the last training stage."""
+        trained = [stage for name, stage in self.stages.items() if name in TRAINING]
+        if not trained:
+            return
+        link, partial = self.config.output / "model", self.config.output / ".model.partial"
+        partial.unlink(missing_ok=True)
+        partial.symlink_to(trained[-1].model.relative_to(self.config.output))
+        partial.replace(link)
+
+    def _revision_transcripts(self, limit: int = 3) -> list[Row]:
+        chains: dict[str, list[Row]] = {}
+        for row in self.stages["revisions"].rows() if "revisions" in self.stages else []:
+            chains.setdefault(row["id"], []).append(row)
+        columns = ("round", "principle", "critique", "response", "flags")
+        return [
+            {
+                "prompt": chain[0]["prompt"][-1]["content"],
+                "kind": "revisions",
+                "responses": {},
+                "revisions": [{name: row[name] for name in columns} for row in chain],
+            }
+            for chain in list(chains.values())[:limit]
+        ]
 
     def _transcripts(self, limit: int = 12) -> list[Row]:
         found: dict[str, Row] = {}
@@ -490,6 +632,20 @@ class Pipeline:
 
 def _plain(metrics: Mapping[str, evaluation.Metric]) -> dict[str, dict[str, Any]]:
     return {name: dataclasses.asdict(metric) for name, metric in metrics.items()}
+
+
+def runs_int8(config: EngineConfig, model: Path) -> bool:
+    """Whether :func:`charter.engine.load_engine` would run this model in INT8."""
+    return engine_kind(config, model) == "openvino"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what shapes a run's results."""
+    found = {"charter": __version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", "trl", "peft", "openvino-genai"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def folder_digest(path: Path) -> str:

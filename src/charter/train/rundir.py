@@ -109,6 +109,8 @@ class RunDirectory:
 
     def __init__(self, path: Path, *, charter: str) -> None:
         self.path = path
+        self.finished_only = False
+        """While true, a stage that is not finished is an error instead of work to do (``--from`` a later stage)."""
         self._lock: IO[str] | None = None
         self._charter = charter
 
@@ -232,6 +234,11 @@ class RunDirectory:
     def _finished(self, name: str, key: str, final: Path) -> Stage | None:
         manifest = final / "manifest.json"
         if not manifest.exists():
+            if self.finished_only:
+                raise RunError(
+                    f"Stage {name} is not finished in {self.path} with these settings.",
+                    fix=f"Start with --from {name} or without --from.",
+                )
             if final.exists():
                 shutil.rmtree(final)
             return None

@@ -24,6 +24,11 @@ class LoraSettings:
     dropout: float = 0.0
     target_modules: str = "all-linear"
 
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, "rank must be at least 1.")
+        _require(self.alpha > 0, "alpha must be positive.")
+        _require(0 <= self.dropout < 1, "dropout must lie in [0, 1).")
+
 
 @dataclass(frozen=True)
 class TrainSettings:
@@ -35,8 +40,9 @@ class TrainSettings:
         max_steps: ends training earlier; -1 is no bound.
         batch_size: rows (or pairs) of one forward and backward.
         gradient_accumulation: forwards of one update.
-        max_length: tokens of a row at most; what is over is cut off at the end.
-        warmup: share of the updates until the peak.
+        max_length: tokens of a row at most; an answer that goes over is cut off, and a row whose prompt alone fills
+            it is left out.
+        warmup: share of the updates until the peak, in [0, 1).
         max_grad_norm: gradients are clipped to it.
         full: train all weights in place of adapters.
         lora: the adapters.
@@ -59,14 +65,25 @@ class TrainSettings:
     gradient_checkpointing: bool = False
     save_steps: int = 10
 
+    def __post_init__(self) -> None:
+        _require(self.learning_rate >= 0, "learning_rate must not be negative.")
+        _require(self.epochs > 0, "epochs must be positive.")
+        _require(self.max_steps == -1 or self.max_steps >= 1, "max_steps must be at least 1, or -1 for no bound.")
+        _require(self.batch_size >= 1, "batch_size must be at least 1.")
+        _require(self.gradient_accumulation >= 1, "gradient_accumulation must be at least 1.")
+        _require(self.max_length >= 1, "max_length must be at least 1.")
+        _require(0 <= self.warmup < 1, "warmup must lie in [0, 1).")
+        _require(self.max_grad_norm > 0, "max_grad_norm must be positive.")
+        _require(self.save_steps >= 1, "save_steps must be at least 1.")
+
 
 @dataclass(frozen=True)
 class SFTSettings(TrainSettings):
     """Supervised fine-tuning; the loss counts the answer alone.
 
     Args:
-        packing: put several rows into one sequence of ``max_length``; with attention that keeps them apart only
-            where FlashAttention is installed.
+        packing: put several rows into one sequence of at most ``max_length``. Attention keeps them apart, so the loss
+            is that of the rows one by one.
     """
 
     learning_rate: float = 2e-4
@@ -85,6 +102,10 @@ class DPOSettings(TrainSettings):
     batch_size: int = 4
     beta: float = 0.1
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.beta > 0, "beta must be positive.")
+
 
 @dataclass(frozen=True)
 class RewardSettings(TrainSettings):
@@ -98,10 +119,13 @@ class GRPOSettings(TrainSettings):
     """Group-relative policy optimisation (Shao et al. 2024, DeepSeekMath).
 
     Args:
-        generations: answers a prompt that are compared with one another.
+        generations: answers a prompt that are compared with one another; ``batch_size * gradient_accumulation`` must
+            be a multiple of it.
         max_new_tokens: of an answer.
         temperature: of sampling.
         beta: weight of the KL divergence from the reference; 0 needs no reference.
+
+    ``batch_size`` counts answers. A prompt that leaves fewer than ``max_new_tokens`` of ``max_length`` is left out.
     """
 
     learning_rate: float = 2e-5
@@ -111,3 +135,19 @@ class GRPOSettings(TrainSettings):
     max_new_tokens: int = 48
     temperature: float = 1.0
     beta: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.generations >= 2, "generations must be at least 2.")  # noqa: PLR2004 - a group to compare within
+        _require(self.max_new_tokens >= 1, "max_new_tokens must be at least 1.")
+        _require(self.temperature > 0, "temperature must be positive.")
+        _require(self.beta >= 0, "beta must not be negative.")
+        _require(
+            self.batch_size * self.gradient_accumulation % self.generations == 0,
+            "batch_size * gradient_accumulation must be a multiple of generations.",
+        )
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
