@@ -95,6 +95,7 @@ class AlignConfig:
         grpo: reinforcement learning on the reward model.
         evaluation: of every checkpoint.
         curve_prompts: prompts whose answers are scored after every revision round.
+        calibration_questions: comparisons on which the feedback model's probabilities are checked.
         quality_prompts: prompts on which INT8 is compared with full precision.
         report_to: ``tensorboard`` or ``wandb`` receive the training's figures as well.
     """
@@ -118,6 +119,7 @@ class AlignConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     curve_prompts: int = 16
     quality_prompts: int = 8
+    calibration_questions: int = 60
     report_to: str = "none"
 
 
@@ -356,6 +358,12 @@ class Pipeline:
                     chunk, judge(), self.charter, config, seed=self.config.seed, progress=self.listener.advanced
                 )
 
+            def calibrate(items: Sequence[Row]) -> list[Row]:
+                return [preferences.calibrate(items, judge(), self.charter, seed=self.config.seed)]
+
+            items = self.prompts.comparisons[: self.config.calibration_questions]
+            known = stage_key(self.charter.digest, items, files.digest, feedback.engine, self.config.seed)
+            self.measures["calibration"] = folder.rows_stage("calibration", known, [items] if items else [], calibrate)
             return folder.rows_stage("preferences", key, chunked(pairs.rows(), self.config.chunk), compare)
 
     def _dpo(self, folder: RunDirectory) -> Stage:
@@ -553,6 +561,7 @@ class Pipeline:
             ],
             "transcripts": [*self._transcripts(), *self._revision_transcripts()],
             "versions": versions(),
+            "confidence": self.config.evaluation.confidence,
         }
         if self.measures.get("int8") and self.measures["int8"].rows():
             data["int8"] = self.measures["int8"].rows()[0]
@@ -565,7 +574,11 @@ class Pipeline:
                 "kept": len(revisions.final_rows(rows)),
             }
         if "preferences" in self.stages:
-            data["preferences"] = preferences.summary(self.stages["preferences"].rows())
+            known = self.measures["calibration"].rows()
+            data["preferences"] = {
+                **preferences.summary(self.stages["preferences"].rows()),
+                **(known[0] if known else {}),
+            }
         return data
 
     def _curve(self) -> list[dict[str, Any]]:

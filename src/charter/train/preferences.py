@@ -159,6 +159,50 @@ def label(
     return labelled
 
 
+def calibrate(items: Sequence[Row], engine: Engine, charter: Charter, *, seed: int, bins: int = 5) -> dict[str, Any]:
+    """How far the feedback model's probabilities can be trusted, on questions whose better answer is known.
+
+    Args:
+        items: rows with ``id``, ``prompt``, ``corrects``, ``incorrects`` and ``subset``; the first right and the first
+            wrong answer are judged under the principle whose id is the subset, else under one drawn by weight.
+        engine: the feedback model.
+        charter: gives principles and questions.
+        seed: of the draws and of which answer is listed first.
+        bins: of equal width from 0.5 to 1.
+
+    Returns:
+        ``calibration`` (``predicted``: mean probability of the answer that the model prefers, ``observed``: share of
+        them that is right, ``count``; empty bins are left out), ``accuracy`` and ``questions``.
+
+    Source: reliability diagrams, Guo et al. 2017; for preference labels Bai et al. 2022, figure 9.
+    """
+    judged: list[tuple[float, bool]] = []
+    questions: list[Conversation] = []
+    known = {principle.id: principle for principle in charter.principles}
+    for row in items:
+        generator = random.Random(row_seed(seed, "calibrate", row["id"]))  # noqa: S311 - not for secrets
+        principle = known.get(row["subset"]) or generator.choice(charter.principles)
+        question = generator.choice(principle.preference_question)
+        right, wrong, prompt = row["corrects"][0], row["incorrects"][0], Conversation.parse(row["prompt"])
+        questions += [ask(prompt, right, wrong, question), ask(prompt, wrong, right, question)]
+    firsts = [row[0] for row in engine.choose([item.add("assistant", PREFILL) for item in questions], ["A", "B"])]
+    for forward, reversed_ in zip(firsts[::2], firsts[1::2], strict=True):
+        probability = (forward + 1 - reversed_) / 2
+        judged.append((max(probability, 1 - probability), probability > 0.5))  # noqa: PLR2004
+    found = []
+    for index in range(bins):
+        low, high = 0.5 + 0.5 * index / bins, 0.5 + 0.5 * (index + 1) / bins
+        inside = [item for item in judged if low <= item[0] < high or (index == bins - 1 and item[0] == 1)]
+        if inside:
+            observed = _mean([float(right) for _, right in inside])
+            found.append({"predicted": _mean([p for p, _ in inside]), "observed": observed, "count": len(inside)})
+    return {
+        "calibration": found,
+        "accuracy": _mean([float(right) for _, right in judged]),
+        "questions": len(judged),
+    }
+
+
 def _first_option(
     questions: Sequence[Conversation], engine: Engine, config: PreferencesConfig, seed: int
 ) -> list[float]:

@@ -139,6 +139,8 @@ def _plain(value: Any) -> Any:
 
 def _number(value: Any, form: str = ".3f", unit: str = "") -> str:
     """A number in the given form, or a dash where there is none."""
+    if form.endswith("d") and isinstance(value, float):
+        value = round(value)
     return f"{value:{form}}{unit}" if isinstance(value, (int, float)) else "–"  # noqa: RUF001 - a dash, not a minus
 
 
