@@ -130,6 +130,7 @@ class GRPOSettings(TrainSettings):
 
     learning_rate: float = 2e-5
     max_steps: int = 6
+    warmup: float = 0.0  # one update in six would be without effect
     batch_size: int = 16
     generations: int = 4
     max_new_tokens: int = 48
